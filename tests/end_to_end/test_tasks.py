@@ -91,6 +91,13 @@ def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, f
     assert "own" in printed.out.partition("{")[0]
     shown = json.loads(printed.out[printed.out.index("{") :], parse_constant=pytest.fail)
     assert shown == {"checkpoint": str(run), "tasks": {"own": {"acc": None, "acc_stderr": None, "samples": 2}}}
+    # A metric that fails takes the held-out figures along no more.
+    words = [f"checkpoint={run}", f"manifest={shards}", f"tasks={TASKS}", f"task_folder={folder}", "json=true"]
+    with mock.patch("lm_eval.api.task.ConfigurableTask.process_results", side_effect=KeyError("odd")):
+        assert call(evaluate, *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "error: task our_boolq cannot be scored: KeyError: 'odd'"
+    assert {"nats_per_token", "tasks"} & json.loads(printed.out).keys() == {"nats_per_token"}
 
 
 def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path, caplog):
