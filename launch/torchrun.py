@@ -10,6 +10,7 @@ cannot react to SIGTERM: it gets SIGKILL at once.
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import PContext
@@ -47,6 +48,8 @@ def close(workers: PContext, *args, **more) -> None:
 if __name__ == "__main__":
     PContext.close = close
     try:
-        main()
+        # torchrun leaves a folder of its own in /tmp: one a start, on every node of a job that starts again for months
+        with tempfile.TemporaryDirectory(prefix="torchrun_") as logs:
+            main([f"--log-dir={logs}", *sys.argv[1:]])
     except ChildFailedError as error:
         sys.exit(exit_code(error))

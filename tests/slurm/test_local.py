@@ -77,6 +77,9 @@ def test_the_first_workers_code_counts_and_a_stopped_worker_gets_no_time(tmp_pat
     (tmp_path / "worker.py").write_text(STOPS)
     words = ["-m", "launch.torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     command = [sys.executable, *words, tmp_path / "worker.py"]
-    done = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = clean_environment() | {"TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 75, done.stderr
+    assert list(temporary.iterdir()) == []  # torchrun alone leaves a folder at each start
     assert time.time() - (tmp_path / "ended").stat().st_mtime < 25  # torchrun alone waits for 30 s
